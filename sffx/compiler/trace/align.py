@@ -77,23 +77,20 @@ def align(
         paired = {node for pair in alignment.reads for node in pair}
         in_train = [node for node in in_train if node not in paired]
         in_eval = [node for node in in_eval if node not in paired]
+    # The nodes of a region so far: ours in train mode, theirs in eval mode.
     ours: list[fx.Node] = []
     theirs: list[fx.Node] = []
-    for in_train_node, in_eval_node in _rows(in_train, in_eval, from_behind):
-        if (
-            in_train_node is None
-            or in_eval_node is None
-            or not _call_the_same(in_train_node, in_eval_node, probe)
-        ):
-            if in_train_node is not None:
-                ours.append(in_train_node)
-            if in_eval_node is not None:
-                theirs.append(in_eval_node)
+    for our, their in _rows(in_train, in_eval, from_behind):
+        if our is not None and their is not None and _call_the_same(our, their, probe):
+            if ours or theirs:
+                alignment.regions.append(Region(ours, theirs, our))
+                ours, theirs = [], []
+            alignment.pairs.append((our, their))
             continue
-        if ours or theirs:
-            alignment.regions.append(Region(ours, theirs, in_train_node))
-            ours, theirs = [], []
-        alignment.pairs.append((in_train_node, in_eval_node))
+        if our is not None:
+            ours.append(our)
+        if their is not None:
+            theirs.append(their)
     if ours or theirs or not _are_inside(alignment.regions):
         return None
     return alignment

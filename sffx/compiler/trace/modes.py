@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -79,9 +80,7 @@ def merge_modes(
     merge.run()
     for key in guards.keys() - guards_in_eval.keys():
         for guard in guards[key]:
-            decider = _decider(str(guard.args[2]), branched)
-            flag = _insert_flag(decider, guard, probe)
-            guard.args = (*guard.args[:3], flag)
+            _guard_in_training(guard, branched, probe)
     # From the last on, since a node is erased only when nothing reads it.
     for node in reversed(draws_in_training):
         _draw_in_training(node, branched, probe)
@@ -216,9 +215,9 @@ class _Merge:
         if _is_number(our) and _is_number(their):
             # The innermost, since a module around it may branch on its own mode without effect.
             return self._owner([reader])
-        # A factor may be a tensor in one mode, and 1.0 in the other.
-        is_factor = _is_number(our) or _is_number(their)
-        if not is_factor and not _are_alike(our, their):
+        # One of them may be a number: a factor is a tensor in one mode, and 1.0 in the other.
+        is_one_number = _is_number(our) or _is_number(their)
+        if not is_one_number and not _are_alike(our, their):
             return None
         for node in (our, their):
             if node in self._owners:
@@ -237,13 +236,11 @@ class _Merge:
 
     def _storages_of_choices(self) -> set[int]:
         """Return the keys of the storages of all tensors that may be chosen."""
-        storages: set[int] = set()
-        for choices in self._choices.values():
-            for choice in choices:
-                for value in choice.values:
-                    if isinstance(value, fx.Node) and isinstance(facts(value).example, Tensor):
-                        storages.add(storage_key(facts(value).example))
-        return storages
+        values: list[Any] = []
+        for choice in chain.from_iterable(self._choices.values()):
+            values += choice.values
+        examples = [facts(value).example for value in values if isinstance(value, fx.Node)]
+        return {storage_key(example) for example in examples if isinstance(example, Tensor)}
 
     def _copy(self, node: fx.Node, region: Region) -> None:
         """Copy a node of the graph of eval mode to the end of its region."""
@@ -274,7 +271,7 @@ class _Merge:
         in_eval, in_train = choice.values
         key = (in_eval, in_train, choice.owner)
         nodes = [value for value in (in_train, in_eval) if isinstance(value, fx.Node)]
-        # Of two numbers each reader has a choice of its own.
+        # Each reader has a choice of its own between two numbers.
         if nodes and key in self._chosen:
             return self._chosen[key]
         flag = _insert_flag(choice.owner, reader, self._probe)
@@ -322,11 +319,18 @@ def _are_alike(our: Any, their: Any) -> bool:
     """Return whether two nodes have tensors of the same form as their values."""
     if not isinstance(our, fx.Node) or not isinstance(their, fx.Node):
         return False
-    values = facts(our).example, facts(their).example
-    if not all(isinstance(value, Tensor) for value in values):
+    one, other = facts(our).example, facts(their).example
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    forms = {(value.shape, value.dtype, value.device) for value in values}
-    return len(forms) == 1 and facts(our).batch == facts(their).batch
+    is_same_form = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return is_same_form and facts(our).batch == facts(their).batch
+
+
+def _guard_in_training(guard: fx.Node, branched: Branched, probe: nn.Module) -> None:
+    """Let a guard against a batch of one sample refuse it in train mode alone."""
+    condition, outcome, place = guard.args[:3]
+    flag = _insert_flag(_decider(str(place), branched), guard, probe)
+    guard.args = (condition, outcome, place, flag)
 
 
 def _draw_in_training(node: fx.Node, branched: Branched, probe: nn.Module) -> None:

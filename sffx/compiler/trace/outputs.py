@@ -230,24 +230,50 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     """Return the logits among several values, by `num_classes` where they differ in width."""
     values = _without_unlearned(values, wanted)
     candidates = [each for each in values if _width(each, wanted)]
-    num_classes = wanted.num_classes
-    if num_classes is not None:
-        for among in (candidates, _without_probabilities(tuple(_proxies_in(tuple(values))))):
-            fitting = [each for each in among if _width(each, wanted) == num_classes]
-            if fitting:
-                return _deepest(fitting)
+    fitting = _of_asked_width(values, candidates, wanted)
+    if fitting:
+        return _deepest(fitting)
     first = find_logits(values[0], wanted)
-    if first is not values[0] and _width(first, wanted):
+    # The first value may be a tuple or the like, with the logits inside.
+    is_nested = first is not values[0]
+    if is_nested and _width(first, wanted):
         candidates = [*_without_unlearned([first, *candidates], wanted)]
     widths = dict.fromkeys(_width(each, wanted) for each in candidates)
     if len(widths) == 1:
         return _deepest(candidates)
     if not candidates:
         return _first_of_deeper(values, first, wanted)
+    raise _several_logits(candidates, list(widths), wanted.num_classes)
+
+
+def _of_asked_width(
+    values: Sequence[Any], candidates: Sequence[fx.Proxy], wanted: Wanted
+) -> list[fx.Proxy]:
+    """Return the values that have `num_classes` outputs, [] where it is not given.
+
+    Args:
+        values: that the forward returned.
+        candidates: those of them that could be logits. If none fits, the values inside the others
+            count as well.
+        wanted: what the caller says of the output.
+    """
+    if wanted.num_classes is None:
+        return []
+    for among in (candidates, _without_probabilities(tuple(_proxies_in(tuple(values))))):
+        fitting = [each for each in among if _width(each, wanted) == wanted.num_classes]
+        if fitting:
+            return fitting
+    return []
+
+
+def _several_logits(
+    candidates: Sequence[fx.Proxy], widths: Sequence[int], num_classes: int | None
+) -> TraceError:
+    """Return the error of several values that could be logits, with different widths."""
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
     possible = " or ".join(map(str, widths))
-    raise TraceError(
+    return TraceError(
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "
         f"Hint: pass num_classes, {possible}, which tells which of them; or return that one alone"
     )

@@ -61,7 +61,11 @@ _METHODS_OF_SIZES = (
 # What a forward may ask of torch, and a graph would freeze.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 
-# Functions that draw for code beside the graph.
+# Functions that draw a number for code beside the graph, between 0 and 1 by default.
+_NUMBERS_OF_NUMPY = ("rand", "random", "random_sample", "uniform")
+_NUMBERS_OF_PYTHON = ("random", "uniform")
+
+# Other functions that draw for code beside the graph.
 _DRAWS_OF_NUMPY = (
     *("beta", "binomial", "choice", "exponential", "gamma", "normal", "permutation", "poisson"),
     *("randint", "randn", "shuffle", "standard_normal"),
@@ -152,15 +156,16 @@ class Patches:
             yield torch, name, answer
 
     def _of_draws(self) -> Iterator[tuple[Any, str, Any]]:
-        for name in _DRAWS_OF_TORCH:
-            yield torch, name, functools.partial(self._draw_tensor, getattr(torch, name))
-        yield random, "random", functools.partial(self._draw, random.random)
-        yield random, "uniform", functools.partial(self._draw, random.uniform)
-        for name in ("rand", "random", "random_sample", "uniform"):
-            yield np.random, name, functools.partial(self._draw, getattr(np.random, name))
-        for owner, names in ((np.random, _DRAWS_OF_NUMPY), (random, _DRAWS_OF_PYTHON)):
+        draws: tuple[tuple[Any, tuple[str, ...], Callable[..., Any]], ...] = (
+            (torch, _DRAWS_OF_TORCH, self._draw_tensor),
+            (random, _NUMBERS_OF_PYTHON, self._draw),
+            (np.random, _NUMBERS_OF_NUMPY, self._draw),
+            (np.random, _DRAWS_OF_NUMPY, self._refuse),
+            (random, _DRAWS_OF_PYTHON, self._refuse),
+        )
+        for owner, names, stand_in in draws:
             for name in names:
-                yield owner, name, functools.partial(self._refuse, getattr(owner, name))
+                yield owner, name, functools.partial(stand_in, getattr(owner, name))
 
     def _of_found_functions(self) -> Iterator[tuple[Any, str, Any]]:
         for callee in self.tracer.functions.found.values():
@@ -173,18 +178,22 @@ class Patches:
         apply = vars(Function)["apply"]
         yield Function, "apply", classmethod(functools.partial(self._apply, apply))
         # `spike = Spike.apply` is bound before the trace, to torch's own.
-        for owner, name, kind in (*bound_in_files(), *bound_in_model(self.probe)):
+        bound_before = (*bound_in_files(), *bound_in_model(self.probe))
+        for owner, name, kind in bound_before:
             stand_in = functools.partial(self._apply, apply, kind)
             # A function in a class would be a method.
-            yield owner, name, staticmethod(stand_in) if isinstance(owner, type) else stand_in
+            is_in_class = isinstance(owner, type)
+            yield owner, name, staticmethod(stand_in) if is_in_class else stand_in
         call = torch._C.ScriptFunction.__call__
         yield torch._C.ScriptFunction, "__call__", self._script_caller(call)
 
     def _of_classes(self) -> Iterator[tuple[Any, str, Any]]:
         for kind in {type(module) for module in self.probe.modules()}:
-            for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-                if "__call__" in vars(base) and issubclass(base, nn.Module):
-                    yield base, "__call__", self._caller(vars(base)["__call__"])
+            before_module = kind.__mro__[: kind.__mro__.index(nn.Module)]
+            for base in before_module:
+                call = vars(base).get("__call__")
+                if call is not None and issubclass(base, nn.Module):
+                    yield base, "__call__", self._caller(call)
 
     def _of_checkpoints(self) -> Iterator[tuple[Any, str, Any]]:
         for name in generators():

@@ -102,22 +102,14 @@ class NodeRunner:
 
     def run(self, node: fx.Node) -> Facts:
         """Return the facts of a node whose arguments have theirs."""
-        tensors: dict[fx.Node, Tensor] = {}
-        for arg in node.all_input_nodes:
-            value = facts(arg).example
-            if isinstance(value, Tensor):
-                tensors[arg] = value
-        # torch counts the writes on a tensor in its version, also those through views of it.
-        versions = {arg: tensor._version for arg, tensor in tensors.items()}
+        versions = _versions_read(node)
         buffers = self._buffer_states(node)
         cost = Cost()
         value = self._counted(node, cost)
-        writes = [arg for arg, tensor in tensors.items() if tensor._version != versions[arg]]
-        writes += [arg for arg in _statistics(node) if arg in tensors and arg not in writes]
-        written_buffers = []
-        for name, state in self._buffer_states(node).items():
-            if state != buffers.get(name):
-                written_buffers.append(name)
+        # Before the node runs again, which may write again.
+        writes = _arguments_written(node, versions)
+        buffers_now = self._buffer_states(node)
+        written_buffers = [name for name in buffers_now if buffers_now[name] != buffers.get(name)]
         if node.op == "call_module" and not is_added(node):
             self._require_same_form(node, value)
         other = self._at_other_size(node)
@@ -172,22 +164,10 @@ class NodeRunner:
         module = self.probe.get_submodule(str(node.target))
         if _is_of_torch(module):
             return
-        # A `train` of its own may read weights. And while nothing runs, to read `training` would
-        # make a node of a flag.
-        self.is_running = True
-        modes = {each: each.training for each in module.modules()}
-        try:
-            module.train(not self.training)
-            with torch.no_grad():
-                other = self._value(node)
-        except Exception:
-            return  # in the other mode it needs values, or does not run
-        finally:
-            module.train(self.training)
-            # Parts may have had other modes, and `train` sets one for all.
-            for each, training in modes.items():
-                each.training = training
-            self.is_running = False
+        run = self._run_in_other_mode(node, module)
+        if run is None:
+            return
+        (other,) = run
         here, there = _form(value), _form(other)
         if here == there:
             return
@@ -198,6 +178,29 @@ class NodeRunner:
                 f"{type(module).__name__} returns {names[0]} in train mode and {names[1]} in eval "
                 "mode"
             )
+
+    def _run_in_other_mode(self, node: fx.Node, module: nn.Module) -> tuple[Any] | None:
+        """Run a node that calls a module in the other mode.
+
+        Returns:
+            Its value there, in a tuple; None where it does not run, as when it needs real values.
+        """
+        # A `train` of its own may read weights. And while nothing runs, to read `training` would
+        # make a node of a flag.
+        self.is_running = True
+        modes = {each: each.training for each in module.modules()}
+        try:
+            module.train(not self.training)
+            with torch.no_grad():
+                return (self._value(node),)
+        except Exception:
+            return None
+        finally:
+            module.train(self.training)
+            # Parts may have had other modes, and `train` sets one for all.
+            for each, training in modes.items():
+                each.training = training
+            self.is_running = False
 
     def _buffer_states(self, node: fx.Node) -> dict[str, tuple[int, int]]:
         """Return the identity and the version of each buffer of the module that a node calls."""
@@ -380,6 +383,32 @@ def _plain(value: Any) -> Any:
 
 # Of the error that `torch.func.grad` raises where what autograd keeps is noted.
 _NO_HOOKS = "support saved tensor hooks"
+
+
+def _versions_read(node: fx.Node) -> dict[fx.Node, int]:
+    """Return the version of each tensor that a node reads, by its argument.
+
+    torch counts the writes on a tensor in its version, also those through views of it.
+    """
+    versions = {}
+    for arg in node.all_input_nodes:
+        value = facts(arg).example
+        if isinstance(value, Tensor):
+            versions[arg] = value._version
+    return versions
+
+
+def _arguments_written(node: fx.Node, before: dict[fx.Node, int]) -> list[fx.Node]:
+    """Return the arguments that a node has written in place.
+
+    Args:
+        node: that has run.
+        before: the versions of its arguments before it ran.
+    """
+    written = [arg for arg in before if facts(arg).example._version != before[arg]]
+    # torch counts no writes on these.
+    written += [arg for arg in _statistics(node) if arg in before and arg not in written]
+    return written
 
 
 def _statistics(node: fx.Node) -> list[Any]:

@@ -67,16 +67,16 @@ class Settled:
         self._require_no_function(condition)
         if isinstance(value, Tensor):
             return self._outcome_of_tensor(condition)
+        outcome = bool(value)
         if self._depends_on_data(condition):
-            self._guard(condition, bool(value), require_data)
-            return bool(value)
-        if not self._is_settled(condition):
-            if self._is_settled_but_for_one(condition):
-                self._guard(condition, bool(value), require_several)
-                return bool(value)
+            self._guard(condition, outcome, require_data)
+        elif self._is_settled(condition):
+            self.settle(condition, outcome)
+        elif self._is_settled_but_for_one(condition):
+            self._guard(condition, outcome, require_several)
+        else:
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
-        self.settle(condition, bool(value))
-        return bool(value)
+        return outcome
 
     def _outcome_of_tensor(self, condition: fx.Node) -> bool:
         """Return the outcome of a branch on a tensor, where it has one for all data."""
@@ -157,9 +157,11 @@ class Settled:
 
     def settle_assertion(self, condition: Any) -> None:
         """Guard what the model asserts about sizes, since the graph will not assert it."""
-        is_node = isinstance(condition, fx.Proxy)
-        if is_node and reads_a_size(condition.node) and self._is_settled(condition.node):
-            self.settle(condition.node, bool(facts(condition.node).example))
+        if not isinstance(condition, fx.Proxy):
+            return
+        node = condition.node
+        if reads_a_size(node) and self._is_settled(node):
+            self.settle(node, bool(facts(node).example))
 
     def settle(self, node: fx.Node, outcome: Any) -> None:
         """Guard a number or a truth value that the graph will hold, if it is made of sizes."""

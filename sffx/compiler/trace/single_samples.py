@@ -29,8 +29,12 @@ def squeeze_features(x: Tensor, batch_axis: int, axes: _Axes = None) -> Tensor:
         batch_axis: of x.
         axes: to remove where they have a size of one; all if None.
     """
-    chosen = range(x.ndim) if axes is None else axes
-    removed = [axis for axis in chosen if axis % x.ndim != batch_axis and x.shape[axis] == 1]
+    removed = []
+    for axis in range(x.ndim) if axes is None else axes:
+        is_batch = axis % x.ndim == batch_axis
+        # No look at the size of the batch: in an export it is a symbol, which a look would fix.
+        if not is_batch and x.shape[axis] == 1:
+            removed.append(axis)
     return x.squeeze(removed)
 
 

@@ -78,7 +78,8 @@ def counters(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> di
     """
     once = _numbers(probe)
     found = {} if once == before.numbers else _changed(probe, run, once)
-    if any(_may_count_by_mode(kind) for kind in {type(module) for module in probe.modules()}):
+    kinds = {type(module) for module in probe.modules()}
+    if any(map(_may_count_by_mode, kinds)):
         with suppress(Exception), in_mode(probe, False):  # what eval mode lacks, a trace will tell
             run()
             found |= _changed(probe, run, _numbers(probe))
@@ -171,15 +172,15 @@ class Kept:
 def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> Kept:
     """Return what a call keeps for the next one, in attributes and the containers there.
 
-    Tables, which are computed from nothing that is fake, have values. They do not count, unless
-    each call replaces them by other values.
+    A table, such as one of positions, is computed from no fake tensor, so it has values. It does
+    not count, unless each call replaces it by other values.
 
     Args:
         probe: the model on fake tensors, whose forward has run.
         run: runs it again.
         before: its attributes before it ran.
     """
-    made = _made(probe, before)
+    made = _tensors_made(probe, before)
     if not made:
         return Kept()
     reads = Reads(made)
@@ -187,14 +188,16 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
         with reads:
             run()
     except Exception:
-        return Kept()
-    earlier, later = _by_place(made), _by_place(_made(probe, before))
+        return Kept()  # it has run before: what it lacks now, a trace will tell
+    earlier = _by_place(made)
+    later = _by_place(_tensors_made(probe, before))
     names = {module: name for name, module in probe.named_modules()}
     once = []
     carried = {}
     for key in reads.found:
-        tensor, (module, name) = made[key]
-        if not _are_same(earlier[module, name], later.get((module, name), [])):
+        tensor, place = made[key]
+        module, name = place
+        if not _are_same(earlier[place], later.get(place, [])):
             carried[module] = _as_attribute(name)
         elif isinstance(tensor, FakeTensor):
             once.append(f"{names[module]}.{name}".strip("."))
@@ -227,11 +230,11 @@ def _by_place(made: _Made) -> dict[_Place, list[Tensor]]:
     return found
 
 
-def _made(probe: nn.Module, before: Attributes) -> _Made:
+def _tensors_made(probe: nn.Module, before: Attributes) -> _Made:
     """Return the tensors that a forward has put into attributes."""
     known = {id(tensor) for tensor in (*probe.parameters(), *probe.buffers())}
     made: _Made = {}
-    for module, attributes in before._before:
+    for module, attributes in before.of_modules():
         for name, value in vars(module).items():
             if name in OF_EVERY_MODULE:
                 continue
@@ -247,7 +250,7 @@ def _leaves(value: Any) -> list[Any]:
     return tree_leaves(list(value) if isinstance(value, (deque, set)) else value)
 
 
-# What asks for no numbers of a tensor.
+# Functions that do not read the numbers in a tensor.
 _NO_READS = ("__get__", "size", "dim", "__deepcopy__")
 
 
@@ -258,7 +261,7 @@ class Reads(TorchFunctionMode):
         made: the `id` of each of the tensors.
 
     Attributes:
-        found: the `id` of each.
+        found: the `id` of each that a function was given, in order.
     """
 
     def __init__(self, made: Container[int]) -> None:
@@ -370,19 +373,20 @@ def _parts_of(value: Any) -> Iterator[Any]:
                 yield getattr(value, name, None)
 
 
-# What is a number or a text as a whole.
+# Classes of numbers and texts.
 _ATOMS = (Number, str, bytes, np.generic)
 
-# What holds numbers in memory of its own.
+# Classes that hold numbers in memory of their own.
 _BYTES = (bytearray, array.array, np.ndarray)
 
-# How far a generator of random numbers is.
+# By the class of a generator of random numbers: what tells how many it has drawn.
 _STATES: dict[type, Callable[[Any], Any]] = {
     random.Random: lambda generator: generator.getstate(),
     np.random.Generator: lambda generator: generator.bit_generator.state,
     np.random.RandomState: lambda generator: generator.get_state(),
 }
 
+# How deep a value is looked into, and at how many parts of it, so that a large one takes no time.
 _DEEPEST = 3
 _MOST_PARTS = 100
 

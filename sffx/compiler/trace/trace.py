@@ -191,7 +191,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     note_resized(graph, others)
     is_of_size = drop_idle_guards(graph, others)
     _add_constants_and_flags(probed.root, probed.probe, graph, list(tracer.constants.names))
-    keeps_batch = keep_batch_axes(graph)
+    notes_on_batch = [KEPT] if keep_batch_axes(graph) else []
     return Trace(
         root=probed.root,
         graph=graph,
@@ -202,7 +202,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
             *tracer.notes_on_task,
             *functions.notes(graph),
             *_notes(probed, tracer, graph, is_of_size),
-            *([KEPT] if keeps_batch else []),
+            *notes_on_batch,
         ),
         task=tracer.task,
         batch_size=batch_sizes(probed.values)[0],

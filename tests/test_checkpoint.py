@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.checkpoint.load import FIRST_BLOCK
+from sffx.checkpoint.content import FIRST_BLOCK
 from sffx.errors import InputError
 from tests import toys
 from tests.toys import kept

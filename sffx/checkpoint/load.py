@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from sffx.api import transform
 from sffx.blocks import option_name
+from sffx.checkpoint.content import (
+    FIRST_BLOCK,
+    take_optimizer,
+    take_state,
+    take_texts,
+    wrong_entry,
+)
 from sffx.checkpoint.cut import check_cut, recorded_options
 from sffx.checkpoint.entries import (
     ACCURACY_KEY,
     CALLS_KEY,
     CUT_KEY,
     LAYERS_KEY,
-    OPTIMIZER_KEY,
     READOUT_KEY,
     STATE_KEY,
     VERSIONS_KEY,
@@ -31,26 +37,16 @@ from sffx.checkpoint.entries import (
 )
 from sffx.checkpoint.read import read
 from sffx.checks import require_flag
-from sffx.errors import InputError, in_brief, shown
+from sffx.errors import InputError, in_brief
 from sffx.files import as_path
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
 from sffx.learning.readouts import Mode, require_readout
 from sffx.net import CutModel, cut_model, left_over_tensors, plan_of, set_plan
 from sffx.objective import DEFAULT, Objective
-from sffx.parts import block_name
 from sffx.tensors import name_on_meta
-
-# The entries in which other training scripts keep the state dict; the first is Lightning's.
-OTHER_STATE_KEYS = ("state_dict", "model_state_dict", "model")
-LIGHTNING_OPTIMIZERS_KEY = "optimizer_states"
 
 # The arguments of `transform` that must be known to cut a model again as it was cut.
 REQUIRED_OPTIONS = ("policy", "example_input", "goodness", "norm")
-
-FIRST_BLOCK = f"{block_name(0)}."
-
-# How torch names what a module adds to the state dict by `get_extra_state`.
-EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -312,134 +308,33 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     # Each entry is taken out, so that the user's own entries are left over.
     more = dict(content)
     is_own = STATE_KEY in content
-    state = _take_state(more)
-    optimizer = _take_optimizer(more, is_own=is_own)
+    state = take_state(more)
+    optimizer = take_optimizer(more, is_own=is_own)
     accuracy = more.pop(ACCURACY_KEY, {})
     check_accuracy(accuracy)
     cut = more.pop(CUT_KEY, None)
     if cut is not None:
         check_cut(cut)
-    written_by = _take_texts(more, VERSIONS_KEY, "versions by the package's name") or {}
-    layers = _take_texts(more, LAYERS_KEY, "layers by their names")
+    written_by = take_texts(more, VERSIONS_KEY, "versions by the package's name") or {}
+    layers = take_texts(more, LAYERS_KEY, "layers by their names")
     calls = more.pop(CALLS_KEY, None)
     if calls is not None and not isinstance(calls, (list, tuple)):
-        raise _wrong_entry(CALLS_KEY, calls, "a list of calls")
+        raise wrong_entry(CALLS_KEY, calls, "a list of calls")
     readout = more.pop(READOUT_KEY, None)
     if readout is not None:
         require_readout(readout)
     return Checkpoint(
-        path,
-        state,
-        optimizer,
-        accuracy,
-        cut,
-        written_by,
-        more,
+        path=path,
+        state=state,
+        _optimizer=optimizer,
+        accuracy=accuracy,
+        cut=cut,
+        versions=written_by,
+        more=more,
         layers=layers,
         calls=calls,
         readout=readout,
     )
-
-
-def _take_texts(content: dict[str, Any], key: str, wanted: str) -> Mapping[str, str] | None:
-    """Remove an entry of texts by name from a checkpoint's content and return it, if it is there.
-
-    Args:
-        content: of the checkpoint.
-        key: of the entry.
-        wanted: what it holds, in words.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    texts = content.pop(key, None)
-    if texts is None:
-        return None
-    are_texts = isinstance(texts, Mapping) and all(isinstance(v, str) for v in texts.values())
-    if not are_texts:
-        raise _wrong_entry(key, texts, wanted)
-    return texts
-
-
-def _wrong_entry(key: str, value: Any, wanted: str) -> InputError:
-    return InputError(
-        f"the entry {key!r} is {shown(value)}, not {wanted}. Hint: sffx.save_checkpoint writes it"
-    )
-
-
-def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:
-    """Remove the state dict from a checkpoint's content and return it."""
-    for key in (STATE_KEY, *OTHER_STATE_KEYS):
-        if isinstance(content.get(key), Mapping):
-            return _without_prefix(content.pop(key))
-    # A file of `torch.save(net.state_dict(), path)` is the state dict itself.
-    state = {}
-    for name, value in list(content.items()):
-        is_extra = isinstance(name, str) and name.endswith(EXTRA_STATE)
-        if isinstance(value, Tensor) or is_extra:
-            state[name] = content.pop(name)
-    return _without_prefix(state)
-
-
-def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the weights by their names in the cut model, without the prefix of a wrapper.
-
-    Lightning puts "net." before these names, and DistributedDataParallel "module.".
-
-    Raises:
-        InputError: something else than a name stands for a weight.
-    """
-    for name in state:
-        if not isinstance(name, str):
-            raise InputError(
-                f"it holds {name!r} in the place of a weight's name. "
-                "Hint: save net.state_dict(), or use sffx.save_checkpoint"
-            )
-    prefix = _prefix_of_wrapper(state)
-    if not prefix:
-        return state
-    return {name.removeprefix(prefix): value for name, value in state.items()}
-
-
-def _prefix_of_wrapper(names: Iterable[str]) -> str:
-    """Return the text that a wrapper put before all names, "" if there was no wrapper."""
-    for name in names:
-        before, first_block, _ = name.partition(FIRST_BLOCK)
-        if first_block:
-            # A plain model may have a "block_0" somewhere; only a wrapper's prefix is everywhere.
-            is_everywhere = all(each.startswith(before) for each in names)
-            return before if is_everywhere else ""
-    return ""
-
-
-def _take_optimizer(content: dict[str, Any], *, is_own: bool) -> dict[str, Any] | None:
-    """Remove the state of the optimizer from a checkpoint's content and return it.
-
-    Args:
-        content: of the checkpoint.
-        is_own: whether `save_checkpoint` wrote it. An entry with Lightning's name is the user's
-            then.
-    """
-    optimizer = content.pop(OPTIMIZER_KEY, None)
-    of_lightning = content.get(LIGHTNING_OPTIMIZERS_KEY)
-    # Lightning keeps a list. With several optimizers there is no telling which one is meant.
-    is_single = isinstance(of_lightning, Sequence) and len(of_lightning) == 1
-    if optimizer is None and is_single and not is_own:
-        optimizer = content.pop(LIGHTNING_OPTIMIZERS_KEY)[0]
-    if optimizer is None:
-        return None
-    if not isinstance(optimizer, Mapping):
-        raise InputError(
-            f"the entry {OPTIMIZER_KEY!r} is a {type(optimizer).__name__}, not a state dict. "
-            "Hint: save optimizer.state_dict()"
-        )
-    groups = optimizer.get("param_groups", [])
-    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
-        raise InputError(
-            f"the entry {OPTIMIZER_KEY!r} has {groups!r} as its 'param_groups'. "
-            "Hint: save optimizer.state_dict()"
-        )
-    return dict(optimizer)
 
 
 def _require_on_device(model: Any) -> None:
@@ -461,21 +356,21 @@ def _take_dtypes(net: CutModel, state: Mapping[str, Any]) -> None:
     would lose digits, and one in bfloat16 would go on in float32.
     """
     own = net.state_dict(keep_vars=True)
-    # From the dtypes that the net has to those in which such tensors were saved.
-    saved: dict[torch.dtype, set[torch.dtype]] = {}
-    changes: dict[int, torch.dtype] = {}
+    # For each dtype that the net has, those in which its tensors were saved.
+    dtypes_saved: dict[torch.dtype, set[torch.dtype]] = {}
+    dtype_of: dict[int, torch.dtype] = {}  # as it was saved, by the `id` of a tensor of the net
     for name, tensor in own.items():
         value = state.get(name)
         if not isinstance(value, Tensor) or not isinstance(tensor, Tensor):
             continue
         if tensor.is_floating_point() and value.is_floating_point():
-            saved.setdefault(tensor.dtype, set()).add(value.dtype)
-            changes[id(tensor)] = value.dtype
+            dtypes_saved.setdefault(tensor.dtype, set()).add(value.dtype)
+            dtype_of[id(tensor)] = value.dtype
     for tensor in (*net.parameters(), *net.buffers(), *left_over_tensors(net)):
         # What is not saved, such as some buffers and unused layers, changes like what is.
-        others = saved.get(tensor.dtype, set())
+        others = dtypes_saved.get(tensor.dtype, set())
         like_others = next(iter(others)) if len(others) == 1 else tensor.dtype
-        tensor.data = tensor.data.to(changes.get(id(tensor), like_others))
+        tensor.data = tensor.data.to(dtype_of.get(id(tensor), like_others))
 
 
 def _first_mismatches(error: RuntimeError) -> str:

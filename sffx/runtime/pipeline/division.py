@@ -34,8 +34,10 @@ class Division:
     def stages(self, index: int) -> list[Stage]:
         """Return the stages of the cut model that a stage of the pipeline has."""
         stages = stages_of(self.net)
-        ends = [*self.begins[1:], len(stages)]
-        return list(stages[self.begins[index] : ends[index]])
+        begin = self.begins[index]
+        is_last = index == len(self.begins) - 1
+        end = len(stages) if is_last else self.begins[index + 1]
+        return list(stages[begin:end])
 
     def blocks(self) -> list[list[str]]:
         """Return the names of the blocks of each stage."""

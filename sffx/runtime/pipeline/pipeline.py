@@ -444,10 +444,16 @@ class Pipeline:
             trains: whether the stages learn.
             last: the last stage that runs, in whatever process.
         """
-        running = [stage for stage in self._stages if stage.index <= last.index]
-        sends = self._stages[-1].index < last.index
-        ranks, depth = self._ranks, self._depth
-        return Epoch(self.net, running, ranks, depth, loader, check, trains=trains, sends=sends)
+        return Epoch(
+            self.net,
+            [stage for stage in self._stages if stage.index <= last.index],
+            self._ranks,
+            self._depth,
+            loader,
+            check,
+            trains=trains,
+            sends=self._stages[-1].index < last.index,
+        )
 
     def _check_targets(self, y: Tensor, samples: int) -> None:
         plan = self.net.plan

@@ -82,8 +82,8 @@ def save_memory_in(block: GraphModule, *, feeds_head: bool, recompute: bool) -> 
         if _is_max_pool(block, node):
             _move_relu_behind(block, node)
             _replace_max_pool(block, node)
-    # The list still has the items of an attention's result that were erased with the attention. No
-    # rewrite is for such nodes.
+    # A rewrite of attention also erases nodes that this list still holds: those that pick an item
+    # of its result. No rewrite applies to such a node.
     for node in list(block.graph.nodes):
         if recompute and _can_recompute(block, node):
             _take_over(block, node)
@@ -106,9 +106,10 @@ def _module(block: GraphModule, node: Node) -> Any:
 
 
 def _kind(block: GraphModule, node: Node) -> Any:
-    """Return the class of the module, or the function, that a node calls.
+    """Return the class of the module that a node calls, or the function.
 
-    None where there is neither, and where the module has hooks, so that it is more than its class.
+    It is None where there is neither. It is None for a module with hooks as well, which may compute
+    something else than its class does.
     """
     module = _module(block, node)
     if module is not None:

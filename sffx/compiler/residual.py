@@ -58,10 +58,9 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
     for step in joins.values():
         parts_of_owner = parts.setdefault(step.scope, {})
         parts_of_owner[_parameters(analysis, step)] = _form(analysis, step)
-    leaves = _leaves_with_layers(analysis)
     scopes = _scopes(analysis)
-    owners = {*parts, *leaves}
-    kinds: set[type[nn.Module]] = set()
+    owners = {*parts, *_leaves_with_layers(analysis)}
+    units: set[type[nn.Module]] = set()
     stacks: set[type[nn.Module]] = set()
     # Innermost owners first, since units are parts of what holds them.
     for owner in sorted(owners, key=lambda name: (-name.count("."), name)):
@@ -71,15 +70,15 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
         own = list(parts.get(owner, {}).values())
         # Another module may have made this class a unit. Then the owner would be the outermost unit
         # here, and hide those inside it.
-        units = _units_inside(analysis, owner, kinds - {kind}, scopes)
+        units_inside = _units_inside(analysis, owner, units - {kind}, scopes)
         of_stacks = _joins_of_stacks(analysis, owner, stacks, parts)
-        if _repeats([*own, *units, *of_stacks]):
+        if _repeats([*own, *units_inside, *of_stacks]):
             stacks.add(kind)
         # The only module of its class with several joins is a model written in one forward.
         elif len(own) == 1 or len(_instances(analysis, {kind})) > 1:
-            kinds.add(kind)
+            units.add(kind)
     # Modules of one class may differ. If one of them is a stack, all of them are.
-    return kinds - stacks
+    return units - stacks
 
 
 def _parameters(analysis: Analysis, step: Step) -> frozenset[str]:
@@ -91,7 +90,7 @@ def _parameters(analysis: Analysis, step: Step) -> frozenset[str]:
 
 
 def _form(analysis: Analysis, step: Step) -> Any:
-    """Return what a step computes, in a form that is equal for steps that only differ in values."""
+    """Return what a step calls, with the shapes of the parameters; equal for steps that repeat."""
     calls = []
     for name in step.nodes:
         if not analysis.is_path(name):

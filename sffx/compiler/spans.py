@@ -71,16 +71,17 @@ def settled(steps: Steps, end: int) -> int:
 
 
 def _behind_followers(steps: Steps, end: int) -> int:
-    """Return the last of the steps behind `end` that belong to its block, each by the one before.
+    """Return the last of the steps behind `end` that follow one another in its block.
 
-    It is `end` if there is none.
+    It is `end` if none does.
     """
     is_direct = _is_direct(steps[end])
     while end + 1 < len(steps):
-        # First, since a permutation of equal sizes would follow alone.
+        # A norm of several steps comes first. It may begin with a permutation of equal sizes, which
+        # keeps the shape, and so would follow without the rest of the norm.
         last = _end_of_norm(steps, end) if is_direct else end
         if last > end:
-            end = last  # still that of the layer
+            end = last  # `is_direct` stays: another norm behind it is still that of the layer
             continue
         if not _follows(steps[end + 1], steps[end], is_direct=is_direct):
             break
@@ -100,14 +101,16 @@ def _end_of_norm(steps: Steps, end: int) -> int:
     last = end
     while last + 1 < len(steps) and _is_inside(steps[last + 1], scope):
         last += 1
-    norm = steps[end + 1 : last + 1]
-    has_vectors = any(step.norm or step.scales for step in norm)
-    if has_vectors and not has_weight(norm, 0, len(norm)) and norm[-1].shape == steps[end].shape:
-        return last
-    return end
+    steps_inside = steps[end + 1 : last + 1]
+    has_vectors = any(step.norm or step.scales for step in steps_inside)
+    has_matrix = any(step.weighted for step in steps_inside)
+    keeps_shape = steps[last].shape == steps[end].shape
+    is_norm = has_vectors and not has_matrix and keeps_shape
+    return last if is_norm else end
 
 
 def _is_inside(step: Step, scope: str) -> bool:
+    """Return whether a step lies in a module, or in one of its children."""
     return f"{step.scope}.".startswith(f"{scope}.")
 
 
@@ -134,11 +137,11 @@ def _follows(step: Step, before: Step, *, is_direct: bool) -> bool:
         is_direct: whether a norm in `step` is that of the layer.
     """
     is_gate = step.join == "product" and step.shape == before.shape
-    is_norm = step.batchnorm or ((step.norm or step.scales) and is_direct)
-    is_its_norm = is_norm and not step.weighted
+    is_norm_of_layer = is_direct and (step.norm or step.scales)
+    is_its_norm = (step.batchnorm or is_norm_of_layer) and not step.weighted
     # No cut can part the two, and the step has nothing that a block of its own could learn.
-    is_needed = bool(before.refusal) and not step.trainable
-    return step.keeps_shape or is_gate or is_its_norm or is_needed
+    cannot_part = bool(before.refusal) and not step.trainable
+    return step.keeps_shape or is_gate or is_its_norm or cannot_part
 
 
 def _is_direct(before: Step) -> bool:

@@ -40,7 +40,7 @@ class WithWorkspaces(TorchDispatchMode):
 
 
 class _Like(NamedTuple):
-    """Stands for a tensor of a shape and a dtype."""
+    """Stands for a tensor of a shape and a dtype. Unlike a tensor, equal ones have one hash."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -49,10 +49,11 @@ class _Like(NamedTuple):
 def _workspace_bytes(args: tuple[Any, ...]) -> int:
     """Return the bytes of the workspace for arguments of the operator.
 
-    They are measured for fewer steps and samples, in proportion to which they grow.
+    They are measured for fewer steps and samples. The bytes are in proportion to both.
     """
     steps, samples, features = args[0].shape
-    few_steps, few_samples = min(steps, _STEPS), min(samples, _SAMPLES)
+    few_steps = min(steps, _STEPS)
+    few_samples = min(samples, _SAMPLES)
     smaller: list[Any] = []
     for place, value in enumerate(args):
         if not isinstance(value, Tensor):
@@ -63,7 +64,8 @@ def _workspace_bytes(args: tuple[Any, ...]) -> int:
             smaller.append(_Like(torch.Size([few_samples, value.shape[-1]]), value.dtype))
         else:
             smaller.append(_Like(value.shape, value.dtype))
-    return _measured(tuple(smaller)) * (steps * samples) // (few_steps * few_samples)
+    few_bytes = _measured(tuple(smaller))
+    return few_bytes * (steps * samples) // (few_steps * few_samples)
 
 
 @cache

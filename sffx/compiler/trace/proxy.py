@@ -30,11 +30,14 @@ def has_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether arguments, or the shapes among them, hold a proxy that stands for no tensor."""
     for value in (*args, *kwargs.values()):
         # Not `isinstance`: the proxy of a shape says that it is a tuple.
-        parts = value if type(value) in (tuple, list, Size) else (value,)
-        for part in parts:
-            if isinstance(part, GuidedProxy) and not isinstance(part, TensorProxy):
-                return True
+        is_shape = type(value) in (tuple, list, Size)
+        if any(map(_is_proxy_of_size, value if is_shape else (value,))):
+            return True
     return False
+
+
+def _is_proxy_of_size(value: Any) -> bool:
+    return isinstance(value, GuidedProxy) and not isinstance(value, TensorProxy)
 
 
 def _kind(value: Any) -> type:
@@ -65,7 +68,8 @@ class GuidedProxy(fx.Proxy):
     __class__ = property(lambda self: self.kind)
 
     def __getattr__(self, name: str) -> Any:
-        # fx takes every attribute for a method until it is read otherwise. The example tells which.
+        # fx takes every attribute for a method until something else is done with it than a call.
+        # Here the example tells what it is.
         if callable(getattr(self.example, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -127,11 +131,16 @@ class GuidedProxy(fx.Proxy):
         return example if is_plain else repr(self)
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Let a function of NumPy, as `np.sqrt(x.shape[1])`, compute with plain numbers."""
-        if function in _OPERATORS and method == "__call__" and not options:
-            sides = [each.item() if isinstance(each, np.generic) else each for each in inputs]
-            return _OPERATORS[function](*sides)
-        return getattr(function, method)(*map(_as_numbers, inputs), **options)
+        """Let a function of NumPy, as `np.sqrt(x.shape[1])`, compute with plain numbers.
+
+        An operator stays one: `np.float64(2) * x.shape[1]` is a node.
+        """
+        is_operator = function in _OPERATORS and method == "__call__" and not options
+        if is_operator:
+            operands = [each.item() if isinstance(each, np.generic) else each for each in inputs]
+            return _OPERATORS[function](*operands)
+        compute = getattr(function, method)
+        return compute(*map(_as_numbers, inputs), **options)
 
     def _number(self, kind: type, caller: FrameType | None = None) -> Any:
         """Return the example as a plain number, which the graph will hold.
@@ -146,7 +155,8 @@ class GuidedProxy(fx.Proxy):
         tracer: Any = self.tracer
         if isinstance(self.example, Tensor):
             return kind(tracer.settled.value_of_sizes(self.node))
-        if isinstance(self.example, bool):  # int(x.shape[0] == 1), settled as a branch on it is
+        if isinstance(self.example, bool):
+            # `int(x.shape[0] == 1)` is settled as a branch on the comparison is.
             return kind(bool(self))
         if facts(self.node).of_batch:
             if caller is not None:
@@ -157,7 +167,7 @@ class GuidedProxy(fx.Proxy):
         return number
 
 
-# `np.float64(2) * x.shape[1]` and its like.
+# The operators that NumPy calls by functions of its own.
 _OPERATORS = {
     np.add: operator.add,
     np.subtract: operator.sub,
@@ -174,7 +184,9 @@ def _as_numbers(value: Any) -> Any:
     if isinstance(value, SequenceProxy):
         parts: Any = value
         return [_as_numbers(parts[i]) for i in range(len(parts))]
-    return value._number(type(value.example)) if isinstance(value, GuidedProxy) else value
+    if isinstance(value, GuidedProxy):
+        return value._number(type(value.example))
+    return value
 
 
 def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:

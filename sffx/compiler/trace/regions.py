@@ -47,6 +47,7 @@ class Regions:
         self._switches = _switches()
         self._kernels = _choices_of_kernels()
         self._detached: set[fx.Node] = set()
+        # Whether a context manager has switched gradients off, and not an autograd function.
         self._is_without_by_context = False
 
     def switch_gradients(self, switch: Callable[[bool], None], mode: bool) -> None:
@@ -60,15 +61,19 @@ class Regions:
         Raises:
             RuntimeError: it is in another region, such as one of `torch.autocast()`.
         """
-        for name, choice in _choices_of_kernels().items():
-            if choice != self._kernels[name]:
-                self.left_out[name] = None
+        self._note_choices_of_kernels()
         if _switches() != self._switches:
             raise RuntimeError(_CANNOT_BE_HELD)
         is_without = torch.is_grad_enabled() != self._has_gradients
         if is_without and not self._is_without_by_context:
             raise RuntimeError("it calls an autograd function, which a graph cannot hold")
         return is_without
+
+    def _note_choices_of_kernels(self) -> None:
+        """Note regions that choose kernels otherwise: the graph leaves them out."""
+        for name, choice in _choices_of_kernels().items():
+            if choice != self._kernels[name]:
+                self.left_out[name] = None
 
     def enter_autocast(self, is_on: bool, place: str) -> None:
         """Note that a forward enters `torch.autocast`, on or off.
@@ -118,15 +123,17 @@ class Regions:
                 written.
         """
         kind, target, *arguments = call
-        arguments = tree_map_only(TensorProxy, partial(self._detach, create_proxy), arguments)
+        detach = partial(self._detach, create_proxy)
+        arguments = tree_map_only(TensorProxy, detach, arguments)
         proxy = create_proxy(kind, target, *arguments, **more)
         # In the model the written value keeps its gradient. Here its detached twin was written.
         if not self._detached.isdisjoint(facts(proxy.node).writes):
             raise RuntimeError(_CANNOT_BE_HELD)
         value = facts(proxy.node).example
-        if kind != "call_module" or not any(each.requires_grad for each in tensors_in(value)):
-            return proxy
+        has_gradient = any(each.requires_grad for each in tensors_in(value))
         # A layer has parameters with gradients, though its input has none.
+        if kind != "call_module" or not has_gradient:
+            return proxy
         if not isinstance(proxy, TensorProxy):
             raise RuntimeError(_CANNOT_BE_HELD)
         return create_proxy("call_method", "detach", (proxy,), {})
@@ -154,13 +161,16 @@ def is_of_torch(frame: FrameType) -> bool:
 
 def _switches() -> tuple[Any, ...]:
     """Return the states, beside gradients, that a context manager in a forward may switch."""
+    modes_of_torch = [
+        mode for mode in _function_modes() if type(mode).__module__.startswith("torch.")
+    ]
     return (
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_default_dtype(),
         # `with torch.device("cuda"):` adds a mode. The trace's own mode, `Constants`, is no matter.
-        sum(type(mode).__module__.startswith("torch.") for mode in _function_modes()),
+        len(modes_of_torch),
     )
 
 

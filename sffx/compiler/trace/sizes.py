@@ -213,11 +213,17 @@ def refused(graph: fx.Graph, values: Values) -> bool:
     """Return whether a guard refuses the values of the nodes, or misses the one that it checks."""
     for guard in _guards_of_size(graph):
         condition, outcome, _ = cast(_Arguments, guard.args)
-        if condition not in values or read_as(outcome, values[condition]) != outcome:
+        if _is_refused(condition, outcome, values):
             return True
     return False
 
 
+def _is_refused(condition: fx.Node, outcome: Any, values: Values) -> bool:
+    """Whether the value of a condition is missing, or has another outcome than the example's."""
+    return condition not in values or read_as(outcome, values[condition]) != outcome
+
+
+# The arguments of `require_settled`: the condition, its outcome, and the place in the model.
 _Arguments = tuple[fx.Node, Any, str]
 
 
@@ -227,7 +233,7 @@ def _guards_of_size(graph: fx.Graph) -> list[fx.Node]:
 
 def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:
     """Whether the value of a guard, or a number that it is computed from, is not the example's."""
-    if condition not in values or read_as(outcome, values[condition]) != outcome:
+    if _is_refused(condition, outcome, values):
         return True
     ahead = [condition]
     while ahead:
@@ -256,6 +262,7 @@ def other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator
     """
     # The example's own sizes count as tried: they are no other sizes.
     tried = [[value.shape for value in arguments.values()]]
+    # The last one changes first: all changes with floats as features come before those as waves.
     changes = itertools.product((False, True), (_one_more, _twice, _half), (1, 2))
     for are_waves, change, axis_of_length in changes:
         changed = {}

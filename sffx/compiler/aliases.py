@@ -40,6 +40,25 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
         own = _range(tensor)
         if own is not None:
             ranges.append((name, own))
+    for name, other in _overlapping(ranges, num_parameters):
+        yield (
+            f"{name} and {other} share memory, which a copy of a model does not keep: in "
+            "the cut model each has its own. Hint: to share a parameter, let both be one, "
+            "b.weight = a.weight"
+        )
+
+
+def _overlapping(
+    ranges: list[tuple[str, _Range]], num_parameters: int
+) -> Iterator[tuple[str, str]]:
+    """Yield the names of each pair of tensors that share memory, and of which one is a parameter.
+
+    Two buffers share memory in a copy as well.
+
+    Args:
+        ranges: of all tensors by name, those of parameters first.
+        num_parameters: how many these are.
+    """
     # A large model has thousands of tensors, and hardly any two share a storage.
     by_storage: dict[int, list[int]] = {}
     for place, (_, own) in enumerate(ranges):
@@ -47,13 +66,9 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
     for i, (name, own) in enumerate(ranges[:num_parameters]):
         for place in by_storage[own.storage]:
             other, its = ranges[place]
-            # Each pair once; two buffers share memory in a copy as well.
+            # Each pair once.
             if place > i and _overlap(own, its):
-                yield (
-                    f"{name} and {other} share memory, which a copy of a model does not keep: in "
-                    "the cut model each has its own. Hint: to share a parameter, let both be one, "
-                    "b.weight = a.weight"
-                )
+                yield name, other
 
 
 def views_in_attributes(model: nn.Module) -> dict[str, Tensor]:

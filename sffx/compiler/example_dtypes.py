@@ -87,7 +87,7 @@ def other_dtypes(
         model: its parameters have the dtype that float inputs should have.
         values: the inputs by name.
 
-    Returns:
+    Yields:
         Each cast as text, such as "x.to(torch.float32)", and all inputs after it.
     """
     own = own_dtype(model)

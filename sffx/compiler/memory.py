@@ -196,6 +196,7 @@ def _is_max_pool(block: GraphModule, node: Node) -> bool:
 
 
 def _move_relu_behind(block: GraphModule, pool: Node) -> None:
+    """Move a ReLU before a max pool behind it, unless other code reads or writes a value there."""
     relu = _source(pool)
     is_monotone = _kind(block, relu) in _MONOTONE
     if not is_monotone or not _is_link(relu) or _is_input_written_later(relu, [relu]):

@@ -43,41 +43,64 @@ def refusals(
         task: of the model. The main value, and others that are new, must have the positions that
             the task scores.
     """
-    output = facts(flow.nodes[flow.logits]).example.shape
-    last = _last_step_with_parameters(flow, layers)
-    grids = Grids(flow, layers.root, channel_axes)
-    needs = _needs_from_behind(flow)
+    questions = _Questions(flow, layers, shared, channel_axes, task)
+    reasons = []
+    for i in range(len(flow.cut_sets)):
+        given = filter(None, questions.answers(i))
+        reasons.append(next(given, ""))
+    return reasons
 
-    def in_turn(i: int) -> Iterator[str]:
+
+class _Questions:
+    """The questions about a cut after each step; for the arguments see `refusals`."""
+
+    def __init__(
+        self,
+        flow: Dataflow,
+        layers: Layers,
+        shared: list[str],
+        channel_axes: Mapping[str, int],
+        task: Task,
+    ) -> None:
+        self._flow = flow
+        self._layers = layers
+        self._shared = shared
+        self._channel_axes = channel_axes
+        self._task = task
+        self._output = facts(flow.nodes[flow.logits]).example.shape
+        self._last = _last_step_with_parameters(flow, layers)
+        self._grids = Grids(flow, layers.root, channel_axes)
+        self._needs = _needs_from_behind(flow)
+
+    def answers(self, i: int) -> Iterator[str]:
         """Yield the answers to all questions, "" where one has nothing against the cut.
 
         A question supposes that the answers before it were "".
         """
-        main_first = flow.cut_sets[i][::-1]
+        main_first = self._flow.cut_sets[i][::-1]
         for name in main_first:
-            yield _reason_of_value(flow.nodes[name])
-        if i >= last:
+            yield _reason_of_value(self._flow.nodes[name])
+        if i >= self._last:
             yield "nothing after it has a parameter, so that no classifier would be left"
-        if shared[i]:
-            yield f"{shared[i]} is used on both sides of it"
-        yield needs[i]
+        if self._shared[i]:
+            yield f"{self._shared[i]} is used on both sides of it"
+        yield self._needs[i]
         for name in main_first:
-            yield _reason_of_readers(flow, layers, name)
+            yield _reason_of_readers(self._flow, self._layers, name)
         for name in main_first:
-            yield _reason_of_channels(flow, name, channel_axes)
-        earlier = flow.cut_sets[i - 1] if i else ()
+            yield _reason_of_channels(self._flow, name, self._channel_axes)
+        main = main_first[0]
+        earlier = self._flow.cut_sets[i - 1] if i else ()
         for name in main_first:
-            is_scored = name == main_first[0] or name not in earlier
-            if is_scored:
-                shape = facts(flow.nodes[name]).example.shape
-                maps = partial(grids.of, name)
-                yield task.why_not_scored(shape, channel_axes[name], output, maps)
+            # Another value that crosses the cut before as well is scored there.
+            if name == main or name not in earlier:
+                yield self._reason_of_task(name)
 
-    reasons = []
-    for i in range(len(flow.cut_sets)):
-        given = filter(None, in_turn(i))
-        reasons.append(next(given, ""))
-    return reasons
+    def _reason_of_task(self, name: str) -> str:
+        """Return why the task cannot score a value that has a channel axis."""
+        shape = facts(self._flow.nodes[name]).example.shape
+        maps = partial(self._grids.of, name)
+        return self._task.why_not_scored(shape, self._channel_axes[name], self._output, maps)
 
 
 def _last_step_with_parameters(flow: Dataflow, layers: Layers) -> int:

@@ -80,6 +80,27 @@ def rewrite(
     for name, part in parts.items():
         # New parts have the mode of the whole model.
         root.add_module(name, part.train(trace.root.training))
+    graph = _outer_graph(plan, traced, norms, trials, choices)
+    net = GraphModule(root, graph, class_name=f"SFF{plan.model}")
+    return with_plan(net, plan, trace.root)
+
+
+def _outer_graph(
+    plan: BlockPlan,
+    traced: dict[str, Node],
+    norms: list[list[nn.Module | None]],
+    trials: dict[str, nn.Module],
+    choices: dict[str, nn.Module],
+) -> Graph:
+    """Return the graph that calls the blocks, the heads and the norms.
+
+    Args:
+        plan: of the blocks.
+        traced: the nodes of the traced model, by name.
+        norms: as `rewrite` takes them.
+        trials: the modules that inputs go through at prediction, by name.
+        choices: those that the values of the classifier go through, by name.
+    """
     outer = _OuterGraph(traced)
     outer.add_inputs()
     outer.add_trials(trials)
@@ -89,8 +110,7 @@ def rewrite(
     outer.add_choices(plan.classifier, choices)
     outer.add_end(plan.classifier)
     outer.graph.lint()
-    net = GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
-    return with_plan(net, plan, trace.root)
+    return outer.graph
 
 
 def _heads_and_norms(

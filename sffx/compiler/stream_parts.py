@@ -146,23 +146,19 @@ def parts_of_module(
         sizes: of the model.
         later: qualnames of the modules that go on behind the step.
     """
-    found: dict[str, Part] = {}
-    for name in names:
-        inner = _inner_scope(analysis.nodes[name], scope)
-        if inner:
-            found.setdefault(inner, Part(inner)).nodes.append(name)
+    found = _children(analysis, names, scope)
     # The only part does the work of the module, as a backbone does beside a function at its end. So
     # the parts inside it are those of the module, unless one is no more than a layer. A unit that
     # the module adds to its input, `x + block(x)`, is not divided for that.
-    only = next(iter(found.values())) if len(found) == 1 else None
-    if only is not None and not _is_whole(analysis, only, sizes):
+    if len(found) == 1 and not _is_whole(analysis, found[0], sizes):
+        (only,) = found
         inside = parts_of_module(analysis, only.nodes, only.scope, sizes, later)
         have_several_layers = all(sizes.distinct_layers(part.nodes) > 1 for part in inside)
         if len(inside) > 1 and have_several_layers:
             return inside
     larger: list[Part] = []
     single_since: list[Part] = []  # the single layers since the last larger part
-    for part in found.values():
+    for part in found:
         num_layers = sizes.layers(part.nodes)
         if num_layers == 0:
             continue  # an activation or a pool is a module, but no part
@@ -178,11 +174,27 @@ def parts_of_module(
     return larger + single_since
 
 
+def _children(analysis: Analysis, names: Sequence[str], scope: str) -> list[Part]:
+    """Return what each child of a module does; nodes of its own forward are in none.
+
+    Args:
+        analysis: of the model.
+        names: of nodes of the module, in order.
+        scope: qualname of the module, "" for the model.
+    """
+    children: dict[str, Part] = {}
+    for name in names:
+        inner = _inner_scope(analysis.nodes[name], scope)
+        if inner:
+            children.setdefault(inner, Part(inner)).nodes.append(name)
+    return list(children.values())
+
+
 def _is_whole(analysis: Analysis, part: Part, sizes: Sizes) -> bool:
     """Return whether a part is a unit that is not large enough to be divided."""
-    return is_unit(analysis, part.nodes, part.scope) and not sizes.is_too_large(
-        part.nodes, part.scope
-    )
+    if not is_unit(analysis, part.nodes, part.scope):
+        return False
+    return not sizes.is_too_large(part.nodes, part.scope)
 
 
 def _divided(analysis: Analysis, part: Part, sizes: Sizes, later: set[str]) -> list[Part]:

@@ -181,6 +181,7 @@ def _key(node: fx.Node) -> tuple[str, ...]:
 
 
 def _call_the_same(in_train: fx.Node, in_eval: fx.Node, probe: nn.Module) -> bool:
+    """Return whether two nodes call the same function or module, or read the same value."""
     if in_train.op != in_eval.op:
         return False
     ours: Any = in_train.target

@@ -79,6 +79,11 @@ class Constants(TorchFunctionMode):
             return self._node(value, make)
 
     def _node(self, value: Tensor, make: Callable[[Tensor], Any]) -> fx.Node:
+        """Return the node that has read a tensor before, if it is still the same; else a new one.
+
+        Raises:
+            RuntimeError: other nodes write on the memory of the tensor.
+        """
         is_written = storage_key(value) in self._written
         for read in self._read:
             # The node of a written constant has the writes as well, since the graph makes them.

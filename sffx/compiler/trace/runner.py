@@ -258,6 +258,12 @@ class NodeRunner:
         return nullcontext() if node.op == "call_module" else self.mode
 
     def _value(self, node: fx.Node, value_of: Callable[[fx.Node], Any] = example_of) -> Any:
+        """Run a node, and return its value.
+
+        Args:
+            node: to run.
+            value_of: returns the value of a node that it reads.
+        """
         args: Any = fx.node.map_arg(node.args, value_of)
         kwargs: Any = fx.node.map_arg(node.kwargs, value_of)
         target: Any = node.target

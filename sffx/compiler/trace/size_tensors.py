@@ -66,6 +66,7 @@ class _Maker:
         return self._values[node]
 
     def _computed(self, node: fx.Node) -> Any:
+        """Return the value of a node, from those of the nodes that it reads."""
         example = facts(node).example
         if not holds_tensor(example):
             return self._size(node, example)

@@ -170,6 +170,7 @@ def _probed(model: nn.Module, example_input: Any) -> _Probed:
 
 
 def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
+    """Return the trace of a model that can be traced, by attempts; see `trace`."""
     probed = _probed(model, example_input)
     functions = Functions()
 

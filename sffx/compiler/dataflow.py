@@ -116,7 +116,15 @@ class Dataflow:
     def parts(self, name: str) -> list[str]:
         """Return the nodes on paths to the logits that take one value out of a tuple of a node."""
         readers = self.in_order(self.readers(name))
-        return [each for each in readers if self._tuple_of(each) == name]
+        return [each for each in readers if self.tuple_of(each) == name]
+
+    def tuple_of(self, name: str) -> str:
+        """Return the node out of whose tuple a node takes one value; "" if it takes none."""
+        node = self.nodes[name]
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, Node) or isinstance(facts(source).example, Tensor):
+            return ""
+        return source.name
 
     def inside(self, names: Iterable[str]) -> set[str]:
         """Return what lies before a cut across some nodes: all nodes on paths that lead to them.
@@ -180,17 +188,9 @@ class Dataflow:
     def _computed_at(self, name: str) -> tuple[int, int]:
         """Return a key by which values are in order, those taken out of a tuple with the tuple."""
         source = name
-        while self._tuple_of(source):
-            source = self._tuple_of(source)
+        while self.tuple_of(source):
+            source = self.tuple_of(source)
         return self.position(source), self.position(name)
-
-    def _tuple_of(self, name: str) -> str:
-        """Return the node out of whose tuple a node takes one value; "" if it takes none."""
-        node = self.nodes[name]
-        source = node.args[0] if node.target is operator.getitem else None
-        if not isinstance(source, Node) or isinstance(facts(source).example, Tensor):
-            return ""
-        return source.name
 
     def between(self, start: str, end: str) -> set[str]:
         """Return the nodes on paths from `start` to `end`, without `start`."""

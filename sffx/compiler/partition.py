@@ -216,21 +216,22 @@ def _beside(
 def _behind(analysis: Analysis, name: str, inside: set[str]) -> set[str]:
     """Return the nodes of a block that the value of a node leads to."""
     behind = analysis.flow.behind(name, inside)
-    for reader in inside.intersection(_readers_of_whole(analysis.nodes[name])):
+    for reader in inside.intersection(_readers_of_whole(analysis, name)):
         behind |= {reader, *analysis.flow.behind(reader, inside)}
     return behind
 
 
-def _readers_of_whole(node: fx.Node) -> list[str]:
+def _readers_of_whole(analysis: Analysis, name: str) -> list[str]:
     """Return the nodes that read the whole of a tuple, of which a node takes one value.
 
     They read the value as well: an `nn.LSTMCell` takes the pair of the step before, whose hidden
     state goes to the next cell.
     """
-    source = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(source, fx.Node) or isinstance(facts(source).example, Tensor):
+    source = analysis.flow.tuple_of(name)
+    if not source:
         return []
-    return [user.name for user in source.users if user.target is not operator.getitem]
+    readers = analysis.nodes[source].users
+    return [reader.name for reader in readers if reader.target is not operator.getitem]
 
 
 def _output(analysis: Analysis, name: str, *, is_scored: bool) -> Output:

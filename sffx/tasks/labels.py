@@ -74,12 +74,12 @@ class MultiLabel(MayLackTargets):
             raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
         self.require_counted(y)
         if has_values(y):
-            _require_between(y[self.is_counted(y)])
+            _require_between(self.counted(y, y))
 
     def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
         self.check_targets(y, batch, num_outputs)
         if has_values(y):
-            _require_labels(y[self.is_counted(y)])
+            _require_labels(self.counted(y, y))
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
@@ -102,8 +102,7 @@ class MultiLabel(MayLackTargets):
         return there - not_there
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
-        is_counted = self.is_counted(y)
-        return -_cross_entropy(scores[is_counted], y[is_counted], "none")
+        return -_cross_entropy(self.counted(scores, y), self.counted(y, y), "none").flatten()
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
         is_counted = self.is_counted(y)
@@ -111,7 +110,7 @@ class MultiLabel(MayLackTargets):
         there = (y > 0.5) & is_counted
         return {
             "correct": ((predicted == there) & is_counted).sum(),
-            "loss": _cross_entropy(scores[is_counted], y[is_counted], "sum"),
+            "loss": _cross_entropy(self.counted(scores, y), self.counted(y, y), "sum"),
             "count": is_counted.sum(),
             "found": (predicted & there).sum(0),
             "predicted": predicted.sum(0),

@@ -30,6 +30,10 @@ class MayLackTargets(Task):
         """Return which targets count, a tensor of bool in the shape of y."""
         return ~y.isnan() if self.skip_nan else torch.ones_like(y, dtype=torch.bool)
 
+    def counted(self, values: Tensor, y: Tensor) -> Tensor:
+        """Return the values whose targets count: flat, or as they are where all count."""
+        return values[self.is_counted(y)] if self.skip_nan else values
+
     def require_counted(self, y: Tensor) -> None:
         """Raise an InputError if targets are nan, where the task does not leave them out."""
         if not self.skip_nan and has_values(y) and bool(y.isnan().any()):

@@ -115,8 +115,11 @@ class Regression(MayLackTargets):
         found = _columns(scores).double()
         wanted = _columns(y).double()
         is_counted = self.is_counted(wanted)
-        errors = torch.where(is_counted, found - wanted, 0)
-        wanted = torch.where(is_counted, wanted, 0)
+        if self.skip_nan:
+            # Both are 0 where nothing is known, and so are the errors.
+            found = torch.where(is_counted, found, 0)
+            wanted = torch.where(is_counted, wanted, 0)
+        errors = found - wanted
         return {
             "squares": errors.square().sum(),
             "absolute": errors.abs().sum(),

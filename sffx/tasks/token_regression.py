@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sffx.errors import InputError
+from sffx.tasks.missing import mean_of_counted
 from sffx.tasks.regression import Regression, require_floats
 from sffx.tasks.task import Shape, Sums, has_values, require_tensor
 from sffx.tasks.tokens import OfTokens, of_other_tokens
@@ -88,10 +89,9 @@ class TokenRegression(OfTokens, Regression):
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         y = _like(y, scores).to(scores.dtype)
-        is_counted = _is_counted(y)
-        errors = torch.where(is_counted[..., None], scores - y, 0)
-        count = is_counted.sum() * scores.shape[2]
-        return errors.square().sum() / count.clamp(min=1)
+        is_counted = _is_counted(y)[..., None].expand_as(y)
+        errors = torch.where(is_counted, scores - y, 0)
+        return mean_of_counted(errors.square(), is_counted)
 
     def compared_with(self, y: Any, scores: Tensor) -> Tensor:
         is_of_one = isinstance(y, Tensor) and y.ndim == 2 and scores.shape[2] == 1

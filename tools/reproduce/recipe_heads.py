@@ -18,32 +18,50 @@ from sffx.learning.norms import SampleNorm
 mlp = partial(sffx.named_head, "mlp")
 
 
-class TransportHead(nn.Module):
-    """A head with one more column in train mode: how far its block moves its input.
+class ColumnHead(nn.Module):
+    """A head with one more column in train mode: what the recipe adds to the loss of a sample."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def goodness(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J)."""
+        goodness: Tensor = self.head(y)
+        return goodness
+
+    def column(self, y: Tensor) -> Tensor:
+        """Return the column, (B,)."""
+        raise NotImplementedError
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), in train mode with the column, (B, J + 1)."""
+        goodness = self.goodness(y)
+        if not self.training:
+            return goodness
+        return torch.cat([goodness, self.column(y)[:, None]], dim=1)
+
+
+class TransportHead(ColumnHead):
+    """Its column is how far its block moves its input.
 
     The column is `mean (T(x) - x)^2`, over the values of a sample. It is 0 where a block changes
     the shape. A head does not see the input of its block, so a hook on the block remembers it.
     """
 
     def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
+        super().__init__(head)
         self.read: Tensor | None = None
 
     def remember(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Keep what a block reads, x; a forward pre-hook."""
-        self.read = inputs[0]
+        """Keep what a block reads, x, for a step of training; a forward pre-hook."""
+        self.read = inputs[0] if self.training else None
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Return the goodness, (B, J), in train mode with the column, (B, J + 1)."""
+    def column(self, y: Tensor) -> Tensor:
         read, self.read = self.read, None
-        goodness: Tensor = self.head(y)
-        if not self.training:
-            return goodness
-        moved = goodness.new_zeros(len(y))
-        if read is not None and read.shape == y.shape:
-            moved = (y - read).square().flatten(1).mean(1)
-        return torch.cat([goodness, moved[:, None]], dim=1)
+        if read is None or read.shape != y.shape:
+            return y.new_zeros(len(y))
+        return (y - read).square().flatten(1).mean(1)
 
 
 class GroupedHead(nn.Module):
@@ -112,10 +130,10 @@ class DeepHead(nn.Module):
         return goodness
 
 
-class ReconstructionHead(nn.Module):
-    """A head with one more column in train mode: how badly a decoder restores the image.
+class ReconstructionHead(ColumnHead):
+    """Its column is how badly a decoder restores the image.
 
-    The column is the cross-entropy of the pixels, averaged over an image and weighted. The decoder
+    That is the cross-entropy of the pixels, averaged over an image and weighted. The decoder
     is a convolution to 12 channels, a BN, a ReLU, and a convolution to the pixels.
 
     Attributes:
@@ -130,8 +148,7 @@ class ReconstructionHead(nn.Module):
     std: Tensor
 
     def __init__(self, block: sffx.Block, num_classes: int, size: int) -> None:
-        super().__init__()
-        self.head = mlp(block, num_classes)
+        super().__init__(mlp(block, num_classes))
         # Pixels of the block's positions. The authors enlarge the features first, at many times
         # the operations.
         factor = size // block.shape[-1]
@@ -152,17 +169,15 @@ class ReconstructionHead(nn.Module):
         """Keep the images of the next step, (B, 3, H, W), as the network reads them."""
         self.image = (x * self.std[:, None, None] + self.mean[:, None, None]) / 255
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Return the goodness, (B, J), in train mode with the column, (B, J + 1)."""
+    def goodness(self, y: Tensor) -> Tensor:
+        return super().goodness(torch.lerp(y.detach(), y, self.share))
+
+    def column(self, y: Tensor) -> Tensor:
         image, self.image = self.image, None
-        goodness: Tensor = self.head(torch.lerp(y.detach(), y, self.share))
-        if not self.training:
-            return goodness
-        column = goodness.new_zeros(len(y))
-        if self.weight > 0 and image is not None:
-            pixels = F.binary_cross_entropy_with_logits(self.decoder(y), image, reduction="none")
-            column = self.weight * pixels.flatten(1).mean(1)
-        return torch.cat([goodness, column[:, None]], dim=1)
+        if self.weight == 0 or image is None:
+            return y.new_zeros(len(y))
+        pixels = F.binary_cross_entropy_with_logits(self.decoder(y), image, reduction="none")
+        return self.weight * pixels.flatten(1).mean(1)
 
 
 class ContrastHead(nn.Module):
